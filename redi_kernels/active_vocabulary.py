@@ -8,8 +8,11 @@ those, the active set A, exactly, and replace the others, the tail, by one rank-
     A   = the chunk's targets, and the columns of largest e_v, as many as it takes for
           sum_{v not in A} e_v <= delta^2 ||G||_F^2                                                            (1)
     a_t = sum_{v not in A} G_tv                            what the tail of row t sums to
-    q_v = sum_t a_t G_tv / sum_t a_t^2    (v not in A)     tail profile
-    G'  = G on A,  a q^T elsewhere                                                                             (2)
+    q_v = sum_t a_t G_tv / sum_t a_t^2    (v not in A)     tail profile, over the rows that share it
+    G'  = G on A and on the few rows of largest |a_t / w_t|,  a q^T elsewhere                                  (2)
+
+The bound (1) is one for the whole chunk, and a token much less certain than its neighbours may have most of its
+probability in the tail, with another profile. Up to MAX_OWN_TAILS such tokens a chunk keep their own tail, exactly.
 
 G' has two guarantees, whatever the model and whatever the inputs:
 
@@ -25,7 +28,7 @@ Both hold in exact arithmetic and are tested in float64; in float32 they hold up
 the gradient at the logits before the cap: its rows do not sum to zero, but the proof only uses that the sums agree.
 Columns whose energy underflows (probabilities below 1e-19 in float32) count as tail.
 
-Cost: 2THV + 4TH|A| flops, and 4HV a chunk for the two rank-one products, against 6THV dense.
+Cost: 2THV + 4TH|A| flops, and 4HV for each rank-one tail, against 6THV dense.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ from torch import Tensor
 # Copying columns out of G and rows out of W costs more per column than a dense product does: above this share of the
 # vocabulary the dense products are taken (measured: benchmarks/test_head.py, flat inputs).
 DENSE_SHARE = 0.5
+OWN_TAIL_MASS = 2.0**-4  # tail probability of a token above which it may keep a tail of its own
+MAX_OWN_TAILS = 7  # a chunk: eight rank-one terms on 512 tokens are 3% of the logits' flops
 
 
 def choose_columns(energies: Tensor, targets: Tensor, delta: float) -> Tensor | None:
@@ -54,12 +59,20 @@ def choose_columns(energies: Tensor, targets: Tensor, delta: float) -> Tensor | 
     return order[num_dropped:].sort().values
 
 
-def approximate_gradient(grad: Tensor, targets: Tensor, delta: float) -> Tensor:
+def choose_own_tails(tail_mass: Tensor, most: int = MAX_OWN_TAILS) -> Tensor:
+    """Indices of the up to `most` tokens of largest |tail_mass| (C,) = |a_t / w_t| over OWN_TAIL_MASS."""
+    mass, rows = tail_mass.abs().topk(min(most, len(tail_mass)))
+    return rows[mass > OWN_TAIL_MASS]
+
+
+def approximate_gradient(grad: Tensor, targets: Tensor, token_weights: Tensor, delta: float) -> Tensor:
     """G' of (2) from a whole G (C, V): the readable version that the chunked head is tested against."""
     active = choose_columns(grad.square().sum(0), targets, delta) if delta else None
     if active is None:
         return grad
     tail = grad.index_fill(1, active, 0)
     a = tail.sum(1)
+    own = choose_own_tails(a / token_weights)
+    tail[own], a[own] = 0, 0
     q = a @ tail / a.square().sum().clamp(min=torch.finfo(grad.dtype).tiny)
     return grad - tail + torch.outer(a, q)

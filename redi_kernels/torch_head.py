@@ -30,11 +30,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from redi_kernels.active_vocabulary import choose_columns
+from redi_kernels.active_vocabulary import MAX_OWN_TAILS, choose_columns, choose_own_tails
 
 BLOCK_BYTES = 2 * 2**20  # rows of the buffer handled at a time: one core's L2 cache
 MAX_CHUNK = 2048  # tokens: the more share a chunk, the more columns are active; products are at full speed well below
-MAX_TAILS = 8  # chunks whose rank-one tails meet W and dW together
+MAX_TAILS = 32  # rank-one tails that meet W and dW together
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class HeadResult(NamedTuple):
     dw: Tensor | None  # (V, H) float32 or float64
     db: Tensor | None  # (V,) float32 or float64
     active_share: Tensor  # () share of columns kept, averaged over the tokens that have a gradient
-    max_tail_mass: Tensor  # () largest |a_t / w_t|: the part of one token's probability that went to a tail
+    max_tail_mass: Tensor  # () largest |a_t / w_t|: the part of a token's probability that a shared tail stands for
     workspace_bytes: int  # bytes of the buffers beyond inputs and results
 
 
@@ -89,10 +89,10 @@ def linear_nll(
 
     one_pass = _OnePass(hidden, weight, bias, options, scale, max(len(grad_rows), len(logp_rows)))
     one_pass.allocate_gradients(need_dx, need_dw, need_db)
-    for rows in logp_rows.split(one_pass.chunk):
+    for rows in one_pass.chunks(logp_rows):
         one_pass.softmax(rows, labels[rows])
     active_tokens = 0.0
-    for rows in grad_rows.split(one_pass.chunk):
+    for rows in one_pass.chunks(grad_rows):
         targets = labels[rows]
         w = token_weights[rows].to(one_pass.dtype) / scale
         coef, energies = one_pass.softmax(rows, targets, w)
@@ -154,7 +154,7 @@ class _OnePass:
                 f"workspace_bytes={cap} holds no row of logits of V={num_columns} columns: give at least {least} MiB"
             )
         self.chunk = max(1, math.ceil(most_rows / max(1, math.ceil(most_rows / self.chunk))))  # chunks of equal size
-        per_tail = row + (self.chunk + 1) * hidden_size * itemsize
+        per_tail = row + (self.chunk + 2) * hidden_size * itemsize  # its profile; at most one dx is kept for each
         self.max_tails = max(1, min(MAX_TAILS, cap // 8 // per_tail))
         self.tile = max(1, cap // 8 // ((self.chunk + 2 * hidden_size) * itemsize))
         self.workspace_bytes = (
@@ -169,8 +169,11 @@ class _OnePass:
         self.dx = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format) if need_dx else None
         self.dw = torch.zeros(num_columns, hidden_size, **self.new) if need_dw else None
         self.db = torch.zeros(num_columns, **self.new) if need_db else None
-        self.tail_q = None  # (max_tails, V), made with the first tail
-        self.tails: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # rows, a (C,), s = a^T x (H,), dx so far (C, H)
+        # Tails wait here until they meet W: profiles q (max_tails, V), of which each chunk has n; and for each chunk
+        # its rows (C,), the factors (C, n) of its q, factors^T x (n, H), and its dx so far (C, H).
+        self.tail_q = torch.empty(self.max_tails if self.options.delta else 0, num_columns, **self.new)
+        self.num_tails = 0
+        self.tails: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
 
     def weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """W in the dtype of the products: whole where it has it already, else widened a tile at a time."""
@@ -195,8 +198,7 @@ class _OnePass:
         bad = (targets < 0) | (targets >= num_columns)
         targets = targets.masked_fill(bad, 0).unsqueeze(1)
         coef, energies = torch.empty(len(rows), **self.new), torch.zeros(num_columns, **self.new)
-        for start in range(0, len(rows), self.block):
-            block = slice(start, start + self.block)
+        for block in self.blocks(rows):
             z, y, scratch = z_chunk[block], targets[block], self.scratch[: len(z_chunk[block])]
             if self.bias is not None:
                 z += self.bias
@@ -229,6 +231,12 @@ class _OnePass:
         coef.masked_fill_(bad, torch.nan)
         return coef, energies
 
+    def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.chunk) if len(rows) else ()  # an empty tensor splits into one empty part
+
+    def blocks(self, rows: Tensor) -> list[slice]:
+        return [slice(start, start + self.block) for start in range(0, len(rows), self.block)]
+
     def scaled_hidden(self, rows: Tensor) -> Tensor:
         return self.hidden[rows].to(self.dtype) * self.options.logit_scale
 
@@ -249,7 +257,7 @@ class _OnePass:
             self.db.addmv_(u.T, coef, alpha=self.scale)
 
     def active_gradient(self, rows: Tensor, coef: Tensor, token_weights: Tensor, active: Tensor) -> None:
-        """The dense products on the active columns; the tail's profile q and mass a join the stack."""
+        """The dense products on the active columns; the tails join the stack."""
         u = self.buffer[: len(rows)]
         x = self.scaled_hidden(rows)
         weighted_x = x * coef.unsqueeze(1)
@@ -265,33 +273,43 @@ class _OnePass:
         if self.dx is not None:
             chunk_dx.mul_(coef.unsqueeze(1))
 
-        u.index_fill_(1, active, 0)
-        if self.tail_q is None:
-            self.tail_q = torch.empty(self.max_tails, len(self.weight), **self.new)
-        a, q = torch.empty_like(coef), self.tail_q[len(self.tails)].zero_()
-        for start in range(0, len(rows), self.block):
-            block = slice(start, start + self.block)
-            a[block] = coef[block] * u[block].sum(1)
-            q.addmv_(u[block].T, coef[block] * a[block])
-        q /= a.square().sum().clamp(min=torch.finfo(self.dtype).tiny)
-        self.max_tail_mass = torch.maximum(self.max_tail_mass, (a / token_weights).abs().max())
-        self.tails.append((rows, a, a @ x, chunk_dx))
-        if len(self.tails) == self.max_tails:
+        u.index_fill_(1, active, 0)  # what is left is the tail
+        tail_sum = torch.empty_like(coef)
+        for block in self.blocks(rows):
+            tail_sum[block] = u[block].sum(1)
+        a = coef * tail_sum
+        own = choose_own_tails(a / token_weights, min(MAX_OWN_TAILS, self.max_tails - 1))
+        a[own] = 0
+        if self.num_tails + 1 + len(own) > self.max_tails:
             self.flush_tails()
+        q = self.tail_q[self.num_tails : self.num_tails + 1 + len(own)]
+        self.num_tails += len(q)
+        q[0] = 0
+        for block in self.blocks(rows):
+            q[0].addmv_(u[block].T, coef[block] * a[block])
+        q[0] /= a.square().sum().clamp(min=torch.finfo(self.dtype).tiny)
+        q[1:] = u[own]
+        factors = torch.zeros(len(rows), len(q), **self.new)  # the tail is factors @ q
+        factors[:, 0] = a
+        factors[own, torch.arange(1, len(q), device=own.device)] = coef[own]
+        self.tails.append((rows, factors, factors.T @ x, chunk_dx))
+        self.max_tail_mass = torch.maximum(self.max_tail_mass, (a / token_weights).abs().max())
 
     def flush_tails(self) -> None:
-        """dx += a (q W), dW += q (a^T x), db += q sum(a) for all stacked chunks: W is read once, dW updated once."""
+        """dx += factors (q W), dW += q^T (factors^T x) for all stacked chunks: W is read once, dW updated once."""
         if not self.tails:
             return
-        q = self.tail_q[: len(self.tails)]
+        q = self.tail_q[: self.num_tails]
         if self.dx is not None:
             q_w = torch.zeros(len(q), self.hidden.shape[1], **self.new)
             for columns, tile in self.weight_tiles():
                 q_w.addmm_(q[:, columns], tile)
-            for (rows, a, _, chunk_dx), row in zip(self.tails, q_w, strict=True):
-                self.store_dx(rows, chunk_dx.addr_(a, row))
+            per_chunk = q_w.split([factors.shape[1] for _, factors, _, _ in self.tails])
+            for (rows, factors, _, chunk_dx), chunk_q_w in zip(self.tails, per_chunk, strict=True):
+                self.store_dx(rows, chunk_dx.addmm_(factors, chunk_q_w))
         if self.dw is not None:
-            self.dw.addmm_(q.T, torch.stack([s for _, _, s, _ in self.tails]), alpha=self.scale)
+            self.dw.addmm_(q.T, torch.cat([s for _, _, s, _ in self.tails]), alpha=self.scale)
         if self.db is not None:
-            self.db.addmv_(q.T, torch.stack([a.sum() for _, a, _, _ in self.tails]), alpha=self.scale)
+            self.db.addmv_(q.T, torch.cat([factors.sum(0) for _, factors, _, _ in self.tails]), alpha=self.scale)
         self.tails.clear()
+        self.num_tails = 0

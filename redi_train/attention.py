@@ -14,8 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, Attent
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from redi_kernels.packing import PackedBatch
-from redi_kernels.varlen_attention import varlen_attention
+from redi_kernels import PackedBatch, varlen_attention
 
 ATTENTION_NAME = "redi_varlen"
 
@@ -104,6 +103,16 @@ def check_attention_supported(config: PreTrainedConfig) -> None:
     def refuse(setting: str, why: str) -> NoReturn:
         raise ValueError(f"a {config.model_type!r} model with {setting} cannot be trained on packed sequences: {why}")
 
+    not_causal = {
+        "is_encoder_decoder=True": config.is_encoder_decoder,
+        "is_causal=False": not getattr(text, "is_causal", True),
+        "use_bidirectional_attention": getattr(text, "use_bidirectional_attention", False),
+        # Encoders that can also serve as decoders have add_cross_attention. GPT-NeoX is causal with is_decoder=False.
+        "is_decoder=False": hasattr(text, "add_cross_attention") and not getattr(text, "is_decoder", True),
+    }
+    for setting, is_set in not_causal.items():
+        if is_set:
+            refuse(setting, "packed attention is causal; choose a decoder-only causal model")
     layer_types = getattr(text, "layer_types", None)
     if layer_types is not None:
         for layer_type in layer_types:
@@ -121,32 +130,31 @@ def check_attention_supported(config: PreTrainedConfig) -> None:
     if getattr(text, "attn_logit_softcapping", None) is not None:
         refuse(
             f"attn_logit_softcapping={text.attn_logit_softcapping}",
-            "their attention has no softcap; choose another model",
+            "packed attention has no softcap; choose another model",
         )
     for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
         if getattr(text, name, None):
-            refuse(f"{name}={getattr(text, name)}", "their attention has no dropout; set it to 0 in the model's config")
-    not_causal = {
-        "is_encoder_decoder=True": config.is_encoder_decoder,
-        "is_causal=False": not getattr(text, "is_causal", True),
-        "use_bidirectional_attention": getattr(text, "use_bidirectional_attention", False),
-        # Encoders that can also serve as decoders have add_cross_attention. GPT-NeoX is causal with is_decoder=False.
-        "is_decoder=False": hasattr(text, "add_cross_attention") and not getattr(text, "is_decoder", True),
-    }
-    for setting, is_set in not_causal.items():
-        if is_set:
-            refuse(setting, "their attention is causal; choose a decoder-only causal model")
-    rope_type = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type in ("dynamic", "longrope"):
-        refuse(
-            f"rope_type {rope_type!r} in rope_parameters",
-            "it scales positions by the longest sequence of a batch, so sequences would change one another; "
-            "choose another model",
-        )
+            refuse(
+                f"{name}={getattr(text, name)}", "packed attention has no dropout; set it to 0 in the model's config"
+            )
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rope, *rope.values()]:  # one set, or one for each layer type
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
+            refuse(
+                f"rope_type {parameters['rope_type']!r} in rope_parameters",
+                "it scales positions by the longest sequence of a batch, so sequences would change one another; "
+                "choose another model",
+            )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
-        refuse(f"config class {type(config).__name__}", "Transformers knows no causal language model of that class")
+        refuse(
+            f"config class {type(config).__name__}",
+            "Transformers has no causal language model for it; choose another model",
+        )
     if model_class._is_stateful or not model_class._supports_attention_backend:
-        refuse(f"class {model_class.__name__}", "not all its layers let their attention be replaced")
+        refuse(
+            f"class {model_class.__name__}",
+            "not every layer of it runs the attention that was asked for; choose another model",
+        )
     if not model_class._supports_sdpa:
-        refuse(f"class {model_class.__name__}", "its attention has sinks or a softcap, which theirs has not")
+        refuse(f"class {model_class.__name__}", "it has attention sinks or a softcap; choose another model")

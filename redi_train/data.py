@@ -8,9 +8,9 @@ Two layouts are recognised by their columns:
                 prompt column, the prompt is what chosen and rejected have in common at their start
 
 Stage 1 (sft) needs the chosen trace alone, stage 2 (redi) both. A row becomes prompt ids and completion ids, tokenised
-apart. With a chat template (traces and messages), the prompt is the template up to and including the generation prompt and
-the completion is the trace, character for character, plus the token with which the template ends a turn. Without one, and
-for plain strings, it is prompt, completion, EOS.
+apart. With a chat template (traces and messages), the prompt is the template up to and including the generation prompt
+and the completion is the trace, character for character, plus the token with which the template ends a turn. Without
+one, and for plain strings, it is prompt, completion, EOS.
 """
 
 import hashlib
@@ -35,6 +35,8 @@ _TOKENIZED = Features(
         "prompt_ids": List(Value("int32")),
         "chosen_ids": List(Value("int32")),
         "rejected_ids": List(Value("int32")),  # empty in stage 1
+        "num_tokens": Value("int64"),  # as packed: every trace with its own copy of the prompt
+        "num_labelled": Value("int64"),  # of them, those that carry a loss: the completions
         "dropped": Value("string"),  # why the row is left out; empty for the rows that are kept
     }
 )
@@ -74,8 +76,8 @@ def recognise_layout(columns: Iterable[str]) -> Layout:
     if {"chosen", "rejected"} <= set(columns):
         return "preference"
     raise ValueError(
-        f"unknown data layout: the columns are {', '.join(columns)}; expected problem, generations and correct (traces) "
-        "or prompt, chosen and rejected (preference)."
+        f"unknown data layout: the columns are {', '.join(columns)}; expected problem, generations and correct "
+        "(traces) or prompt, chosen and rejected (preference)."
     )
 
 
@@ -91,17 +93,20 @@ def tokenize_rows(
 ) -> tuple[Dataset, dict[str, int]]:
     """Token ids of the rows that `stage` can use, and how many rows were dropped for which reason.
 
-    The dataset has the columns row (int64), prompt_ids, chosen_ids, rejected_ids (lists of int32; rejected_ids empty in
-    stage 1). A row is dropped when it lacks a trace the stage needs or its prompt is empty, and when it is over a limit, in
-    tokens: max_length for prompt + completion in stage 1, max_prompt_length and max_completion_length (both traces) in stage 2.
+    The dataset has the columns row, prompt_ids, chosen_ids, rejected_ids (empty in stage 1), num_tokens and
+    num_labelled. A row is dropped when it lacks a trace the stage needs or its prompt is empty, and when it is over a
+    limit, in tokens: max_length for prompt + completion in stage 1, max_prompt_length and max_completion_length (both
+    traces) in stage 2.
 
-    Raises ValueError for an unknown layout, malformed rows, a tokenizer without EOS or with a template that would change a
-    trace, and when no row is left.
+    Raises ValueError for an unknown layout, malformed rows, a tokenizer without EOS or with a template that would
+    change a trace, and when no row is left.
     """
     layout = recognise_layout(rows.column_names)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so no completion could end; set its eos_token.")
-    limits = {"length": max_length} if stage == "sft" else {"prompt": max_prompt_length, "completion": max_completion_length}
+    limits = (
+        {"length": max_length} if stage == "sft" else {"prompt": max_prompt_length, "completion": max_completion_length}
+    )
     tokenized = rows.map(
         _tokenize_row,
         with_indices=True,
@@ -157,18 +162,21 @@ def _tokenize_row(
     for what, limit in limits.items():
         if lengths[what] > limit:
             return _dropped(index, f"{'prompt + completion' if what == 'length' else what} over {limit} tokens")
-    rejected_ids = completion_ids[1] if stage == "redi" else []
+    num_labelled = sum(map(len, completion_ids))
     return {
         "row": index,
         "prompt_ids": prompt_ids,
         "chosen_ids": completion_ids[0],
-        "rejected_ids": rejected_ids,
+        "rejected_ids": completion_ids[1] if stage == "redi" else [],
+        "num_tokens": len(completion_ids) * len(prompt_ids) + num_labelled,
+        "num_labelled": num_labelled,
         "dropped": "",
     }
 
 
 def _dropped(index: int, reason: str) -> dict[str, Any]:
-    return {"row": index, "prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "dropped": reason}
+    empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "num_tokens": 0, "num_labelled": 0}
+    return {"row": index, **empty, "dropped": reason}
 
 
 def _missing(prompt: Prompt, completions: Sequence[str | None]) -> str:
@@ -226,7 +234,9 @@ def _messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
     """TRL's rule for an implicit prompt: what the two have in common, less a space at its end."""
-    end = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    end = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
     if end and chosen[end - 1] == " ":
         end -= 1
     return chosen[:end], chosen[end:], rejected[end:]
@@ -242,14 +252,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completions: Sequ
         ids = tokenizer(prompt).input_ids  # with BOS where the tokenizer adds one
         if ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
-        return [ids] + [_encode_text(tokenizer, text) + [tokenizer.eos_token_id] for text in completions]
+        ends = [tokenizer.eos_token_id] * len(completions)
+        return [ids, *_with_ends(tokenizer, completions, ends)]
     if tokenizer.chat_template is None:
         raise ValueError("the data has messages but the tokenizer has no chat template; give one with --chat_template.")
     rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     ends = [_end_of_turn(tokenizer, prompt, rendered, text) for text in completions]
-    return [_encode_text(tokenizer, rendered)] + [
-        [*_encode_text(tokenizer, text), end] for text, end in zip(completions, ends, strict=True)
-    ]
+    return [_encode_text(tokenizer, rendered), *_with_ends(tokenizer, completions, ends)]
+
+
+def _with_ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ends: Sequence[int]) -> list[list[int]]:
+    return [[*_encode_text(tokenizer, text), end] for text, end in zip(texts, ends, strict=True)]
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -265,9 +278,9 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]
     turn = whole.removeprefix(rendered).lstrip()
     if not whole.startswith(rendered) or not turn.startswith(trace.strip()):
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} changes what the assistant says (some drop or "
-            "add <think> parts), so the model would be trained on other text than your traces; give another template with "
-            "--chat_template."
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} changes what the assistant says (some "
+            "drop or add <think> parts), so the model would be used on other text than it is trained on; give another "
+            "template with --chat_template."
         )
     end = turn.removeprefix(trace.strip()).lstrip()
     if not end:

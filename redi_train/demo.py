@@ -1,18 +1,21 @@
 """The embedded demo's task: arithmetic that can be made, taught and checked on the spot, with no data and no network.
 
-A problem adds a few digits modulo 10; its answer is whether the result is even or odd:
+A problem folds a row of digits from left to right with |a-b|; its answer is whether the result is even or odd:
 
-    problem      3+7+2+9=?            trace     3+7=0
-    answer       odd                            0+2=2
-                                                2+9=1
-                                                A: odd
+    problem      3-8-2-7=?            trace     |3-8|=5
+    answer       even                           |5-2|=3
+                                                |3-7|=4
+                                                A: even
 
-A rule-based teacher writes the traces one addition a line and slips at a known rate, carrying the wrong digit on. The verifier
-sees only the line that begins with "A:", so about half of the traces with a slip still pass: slips hide in positives and abound
+A rule-based teacher writes the traces one difference a line and slips at a known rate, carrying the wrong digit on. The verifier
+sees only the line that begins with "A:", so nearly half of the traces with a slip still pass: slips hide in positives and abound
 in negatives. A model that imitates the positives learns to slip; one that also learns from the negatives can unlearn it.
+
+(Differences rather than sums modulo 10, because the sum's table shows a network nothing until it sees both digits at once: it
+waits on a plateau of random length, on one seed in three longer than the whole demo.)
 """
 
-import math
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +24,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-WORDS = ["A: ", "even", "odd", "\n", "+", "=", "?", *"0123456789"]
+# Every trace of a problem has the same number of tokens: "|", then a, "-", b, "|=", c and a line break for each difference.
+WORDS = ["|", "-", "|=", "\n|", "\nA: ", "even", "odd", "=?\n", *"0123456789"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def _answer(result: int) -> str:
 
 
 def make_problems(n: int, seed: int, num_terms: int = 6) -> list[dict[str, str]]:
-    """`n` different problems `{"problem": "3+7+2=?\\n", "answer": "even"}` of `num_terms` digits, drawn from `seed`.
+    """`n` different problems `{"problem": "3-8-2=?\\n", "answer": "odd"}` of `num_terms` digits, drawn from `seed`.
 
     Raises ValueError if there are fewer than `n` such problems.
     """
@@ -46,23 +50,24 @@ def make_problems(n: int, seed: int, num_terms: int = 6) -> list[dict[str, str]]
         raise ValueError(f"There are only {10**num_terms} different problems of {num_terms} digits, not {n}.")
     problems = []
     for index in random.Random(seed).sample(range(10**num_terms), n):
-        digits = f"{index:0{num_terms}d}"
-        problems.append({"problem": "+".join(digits) + "=?\n", "answer": _answer(sum(map(int, digits)))})
+        digits = [int(digit) for digit in f"{index:0{num_terms}d}"]
+        result = functools.reduce(lambda a, b: abs(a - b), digits)
+        problems.append({"problem": "-".join(map(str, digits)) + "=?\n", "answer": _answer(result)})
     return problems
 
 
 def teacher_trace(problem: str, slip_rate: float, rng: random.Random) -> str:
-    """A step-by-step trace: each addition is wrong with probability `slip_rate` (any of the nine wrong digits alike) and its
+    """A step-by-step trace: each difference is wrong with probability `slip_rate` (any of the nine wrong digits alike) and its
     result, right or wrong, is what the next line starts from. The last line reads the answer off the last digit."""
-    total, *terms = (int(digit) for digit in problem.removesuffix("=?\n").split("+"))
+    result, *terms = (int(digit) for digit in problem.removesuffix("=?\n").split("-"))
     lines = []
     for term in terms:
-        result = (total + term) % 10
+        difference = abs(result - term)
         if rng.random() < slip_rate:
-            result = (result + rng.randint(1, 9)) % 10
-        lines.append(f"{total}+{term}={result}\n")
-        total = result
-    return "".join(lines) + f"A: {_answer(total)}"
+            difference = (difference + rng.randint(1, 9)) % 10
+        lines.append(f"|{result}-{term}|={difference}")
+        result = difference
+    return "\n".join([*lines, f"A: {_answer(result)}"])
 
 
 def extract_answer(text: str) -> str | None:

@@ -87,6 +87,7 @@ def make_tiny_model(
     num_attention_heads: int = 4,
     num_key_value_heads: int = 2,
     intermediate_size: int = 384,
+    initializer_range: float = 0.05,  # Qwen2's 0.02 belongs to 896 and wider; the right scale grows as 1/sqrt(hidden_size)
     seed: int = 0,
 ) -> Qwen2ForCausalLM:
     """Qwen2ForCausalLM with random fp32 weights drawn from `seed`, tied embeddings and the tokenizer's vocabulary, EOS and
@@ -110,6 +111,7 @@ def make_tiny_model(
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
+        initializer_range=initializer_range,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
