@@ -19,29 +19,81 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Every trace of a problem has the same number of tokens: "|", then a, "-", b, "|=", c and a line break for each difference.
+from redi_train.batching import Step, StepDataset
+from redi_train.tiny import make_tiny_model, word_tokenizer
+
+# Every trace has the same number of tokens: a, "-", b, "|=", c and a separator for each difference.
 WORDS = ["|", "-", "|=", "\n|", "\nA: ", "even", "odd", "=?\n", *"0123456789"]
 
 
 @dataclass(frozen=True)
 class DemoSettings:
+    """Chosen by experiment on seeds 0 to 4, for a demo of one to three minutes on 2 cores.
+
+    The slip rate and the temperature leave room: with them stage 1 ends near 0.74. Three epochs of stage 1 are twice what
+    the model needs to learn the table of differences, so more of the same (alpha 0) gains little. A stage-2 learning
+    rate of 1e-4 gains less and 3e-4 a little more; 2e-4 is stable at alpha 0.8 on every seed while alpha 1.0 collapses
+    on one, as in the paper. Everything else is the paper's recipe.
+    """
+
     num_train: int = 4000
-    num_heldout: int = 400
+    num_heldout: int = 500
     num_terms: int = 6
-    slip_rate: float = 0.15
+    slip_rate: float = 0.2
     traces_per_problem: int = 4
+
+    hidden_size: int = 96
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    intermediate_size: int = 512
+
+    sft_epochs: int = 3
+    sft_batch_size: int = 64  # sequences
+    sft_learning_rate: float = 3e-3
+    redi_epochs: int = 1
+    redi_batch_size: int = 32  # pairs
+    redi_learning_rate: float = 2e-4
+    max_tokens: int = 4096  # of one packed forward: a whole step of either stage
+
+    temperature: float = 1.0
+    samples_per_problem: int = 2
+    sampling_batch_size: int = 1000
+    sampling_steps: int = 25  # sample the held-out problems every so many steps
+
+    @property
+    def max_new_tokens(self) -> int:
+        """A trace, its EOS, and a line more."""
+        return 6 * self.num_terms + 3
+
+
+def make_demo_model(settings: DemoSettings, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model (0.37 million weights by default) and its tokenizer of words, without a chat template."""
+    tokenizer = word_tokenizer(WORDS)
+    model = make_tiny_model(
+        tokenizer,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        intermediate_size=settings.intermediate_size,
+        seed=seed,
+    )
+    return model, tokenizer
 
 
 def _answer(result: int) -> str:
     return "odd" if result % 2 else "even"
 
 
-def make_problems(n: int, seed: int, num_terms: int = 6) -> list[dict[str, str]]:
+def make_problems(n: int, seed: int, num_terms: int = 6) -> list[dict]:
     """`n` different problems `{"problem": "3-8-2=?\\n", "answer": "odd"}` of `num_terms` digits, drawn from `seed`.
 
     Raises ValueError if there are fewer than `n` such problems.
@@ -81,25 +133,24 @@ def is_correct(text: str, answer: str) -> bool:
     return extract_answer(text) == answer
 
 
-def demo_dataset(seed: int, settings: DemoSettings) -> tuple[list[dict], list[dict[str, str]]]:
-    """Training rows in the traces layout `{problem, answer, generations: [str], correct: [bool]}` and held-out problems
-    `{problem, answer}`, none of which is among the training problems. Everything follows from `seed`."""
-    problems = make_problems(settings.num_train + settings.num_heldout, seed, settings.num_terms)
+def demo_dataset(seed: int, settings: DemoSettings) -> tuple[list[dict], list[dict]]:
+    """Training rows and held-out rows in the traces layout `{problem, answer, generations: [str], correct: [bool]}`.
+
+    No held-out problem is among the training problems. Everything follows from `seed`.
+    """
+    rows = make_problems(settings.num_train + settings.num_heldout, seed, settings.num_terms)
     rng = random.Random(f"teacher-{seed}")
-    rows = []
-    for row in problems[: settings.num_train]:
-        generations = [
-            teacher_trace(row["problem"], settings.slip_rate, rng) for _ in range(settings.traces_per_problem)
-        ]
-        rows.append(row | {"generations": generations, "correct": [is_correct(g, row["answer"]) for g in generations]})
-    return rows, problems[settings.num_train :]
+    for row in rows:
+        traces = [teacher_trace(row["problem"], settings.slip_rate, rng) for _ in range(settings.traces_per_problem)]
+        row |= {"generations": traces, "correct": [is_correct(trace, row["answer"]) for trace in traces]}
+    return rows[: settings.num_train], rows[settings.num_train :]
 
 
 @torch.no_grad()
 def sample_pass_at_1(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[dict[str, str]],
+    problems: Sequence[dict],
     *,
     temperature: float,
     samples_per_problem: int,
@@ -107,11 +158,12 @@ def sample_pass_at_1(
     batch_size: int,
     max_new_tokens: int,
 ) -> np.ndarray:
-    """Which samples are right, (N, samples_per_problem) bool: full sampling (no top-k, no top-p) by Transformers' batched
-    generation from the plain problem text, no chat template, at most `batch_size` samples at a time.
+    """Which samples are right, (N, samples_per_problem) bool, for rows with `problem` and `answer`.
 
-    The samples follow from the arguments alone. The model comes back in the mode (training or evaluation) it was in, and the
-    global random state of the CPU and of the model's device is left as it was.
+    Full sampling (no top-k, no top-p) by Transformers' batched generation from the plain text of the problem, no chat
+    template, at most `batch_size` samples at a time. The samples follow from the arguments alone. The model comes back
+    in the mode (training or evaluation) it was in; the global random state of the CPU and of the model's device is left
+    as it was.
     """
     repeated = [row for row in problems for _ in range(samples_per_problem)]
     options = GenerationConfig(
@@ -153,3 +205,74 @@ def sample_pass_at_1(
         finally:
             model.train(was_training)
     return np.array(correct).reshape(len(problems), samples_per_problem)
+
+
+@torch.no_grad()
+def pair_logps(model: torch.nn.Module, rows: Dataset, *, pairs_per_forward: int = 32) -> tuple[float, float]:
+    """Chosen and rejected LogPS of pairs from `data.tokenize_rows`: the mean over the pairs of each trace's mean
+    log-probability per token, in nats. The model is one that `model.prepare_model` has seen.
+    """
+    starts = range(0, len(rows), pairs_per_forward)
+    forwards = [list(range(start, min(start + pairs_per_forward, len(rows)))) for start in starts]
+    step = Step(forwards, num_rows=len(rows), num_labelled=0, num_tokens=0)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        outputs = [model(batch=batch.to(device), num_pairs=1) for batch in StepDataset(rows)[step]["forwards"]]
+    finally:
+        model.train(was_training)
+    chosen, rejected = (torch.cat([output[name] for output in outputs]) for name in ("chosen_logps", "rejected_logps"))
+    return chosen.mean().item(), rejected.mean().item()
+
+
+def pass_at_1(correct: np.ndarray) -> tuple[float, float]:
+    """pass@1 and its standard error over problems from `correct` (N, samples) bool: the spread of the problems' shares of
+    right samples, which holds both the choice of problems and the luck of sampling."""
+    return _mean_and_standard_error(correct.mean(axis=1))
+
+
+def paired_difference(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
+    """pass@1 of `after` (N, samples) minus that of `before` (N, samples), on the same problems in the same order, and the
+    standard error of the per-problem difference. What makes a problem hard for both cancels.
+
+    Raises ValueError when the numbers of problems differ.
+    """
+    if len(after) != len(before):
+        raise ValueError(f"The runs have {len(after)} and {len(before)} problems, so they cannot be paired.")
+    return _mean_and_standard_error(after.mean(axis=1) - before.mean(axis=1))
+
+
+def _mean_and_standard_error(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+class StageResult(NamedTuple):
+    """One line of `results_table`; LogPS in nats per token."""
+
+    name: str
+    pass_at_1: float
+    pass_at_1_se: float
+    chosen_logps: float
+    rejected_logps: float
+
+
+def results_table(results: Sequence[StageResult]) -> str:
+    """A Markdown table, also aligned as plain text: pass@1 ± its standard error, chosen and rejected LogPS."""
+    lines = [["", "pass@1", "chosen LogPS", "rejected LogPS"]]
+    for result in results:
+        lines.append(
+            [
+                result.name,
+                f"{result.pass_at_1:.3f} ± {result.pass_at_1_se:.3f}",
+                f"{result.chosen_logps:.3f}",
+                f"{result.rejected_logps:.3f}",
+            ]
+        )
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    rows = [
+        " | ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+        for name, *cells in lines
+    ]
+    rule = "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in others)])
+    return "\n".join([f"| {rows[0]} |", f"|{rule}|", *(f"| {row} |" for row in rows[1:])])

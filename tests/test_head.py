@@ -229,9 +229,10 @@ def test_create_graph_raises():
 
 def test_no_grad_computes_no_gradient():
     hidden, weight, labels, token_weights = small_problem()
-    with torch.no_grad():
+    with torch.no_grad(), ProductCounter() as counter:
         loss, _ = fused_weighted_nll(hidden, weight, labels, token_weights)
     assert not loss.requires_grad
+    assert counter.multiplications == 12 * 25 * 6  # the logits
     torch.testing.assert_close(loss, reference_gradients(hidden, weight, labels, token_weights)[0])
 
 
@@ -417,9 +418,9 @@ def test_tolerance_zero_is_the_dense_head_bit_for_bit():
 
 def test_columns_are_chosen_by_energy_with_ties_by_index():
     energies = torch.tensor([1.0, 1.0, 8.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0])
-    # Budget 0.5^2 * 14.5 = 3.625: 0, 0, 0.5 and the first three 1.0 that are not targets are dropped.
-    chosen = choose_columns(energies, torch.tensor([5]), 0.5)
-    assert chosen.tolist() == [2, 5, 6, 7]
+    # Budget 0.5^2 * 14.5 = 3.625: the 0 and the 0.5 that are no targets, and the first three such 1.0, are dropped.
+    chosen = choose_columns(energies, torch.tensor([5, 8]), 0.5)
+    assert chosen.tolist() == [2, 5, 6, 7, 8]
     assert choose_columns(energies * torch.nan, torch.tensor([5]), 0.5) is None
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the kerne
 @pytest.mark.parametrize("provider", ["ours, 2^-10", "ours, exact"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_is_the_cap_however_many_tokens(provider, dtype):
-    """Beyond inputs and gradients: at most 256 + 64 MiB, and as much for 16 times the tokens (but for their few bytes)."""
+    """Beyond inputs and gradients: at most 256 + 64 MiB, and no more for 16 times the tokens but a few bytes each."""
     few, many = (measure(provider, tokens, 32, 20_000, dtype) for tokens in (4_096, 65_536))
     assert many < (256 + 64) * MIB
     assert many - few < 16 * MIB  # the logits of the other 61,440 tokens would be 4.6 GiB
