@@ -33,7 +33,7 @@ from torch import Tensor
 from redi_kernels.active_vocabulary import MAX_OWN_TAILS, choose_columns, choose_own_tails
 
 BLOCK_BYTES = 2 * 2**20  # rows of the buffer handled at a time: one core's L2 cache
-MAX_CHUNK = 2048  # tokens: the more share a chunk, the more columns are active; products are at full speed well below
+MAX_CHUNK = 1024  # tokens: the more share a chunk, the more columns are active; products run at full speed well below
 MAX_TAILS = 32  # rank-one tails that meet W and dW together
 
 

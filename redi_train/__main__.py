@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from redi_train.batching import check_max_tokens
 from redi_train.data import describe_dropped, load_rows, tokenize_rows
+from redi_train.demo_run import run_demo
 from redi_train.model import load_model, load_tokenizer
 from redi_train.options import Options, parse_options
 from redi_train.trainer import METRICS_FILE, RediTrainer, last_checkpoint
@@ -25,15 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
         is_demo = options.model.model_name_or_path is None and options.data.dataset_name is None
-        trainer, checkpoint = (None, None) if is_demo else prepare(options)
+        if is_demo:
+            run_demo(options)
+            return 0
+        trainer, checkpoint = prepare(options)
     except (ValueError, OSError, ImportError) as error:
         if options is not None and options.training.log_level == "debug":
             raise
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"redi_train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if trainer is None:
-        return _run_demo(options)
     if checkpoint is None and trainer.args.should_save:
         for old in Path(trainer.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old)
@@ -42,13 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if trainer.is_world_process_zero():
         print(f"Saved the model to {trainer.args.output_dir}, what was logged to {METRICS_FILE} in it.")
     return 0
-
-
-def _run_demo(options: Options) -> int:
-    """The embedded demo: no model and no dataset were given."""
-    from redi_train.demo import run_demo
-
-    return run_demo(options.training.stage, options)
 
 
 def prepare(options: Options) -> tuple[RediTrainer, Path | None]:

@@ -7,12 +7,13 @@ A problem folds a row of digits from left to right with |a-b|; its answer is whe
                                                 |3-7|=4
                                                 A: even
 
-A rule-based teacher writes the traces one difference a line and slips at a known rate, carrying the wrong digit on. The verifier
-sees only the line that begins with "A:", so nearly half of the traces with a slip still pass: slips hide in positives and abound
-in negatives. A model that imitates the positives learns to slip; one that also learns from the negatives can unlearn it.
+A rule-based teacher writes the traces one difference a line and slips at a known rate, carrying the wrong digit on. The
+verifier sees only the line that begins with "A:", so nearly half of the traces with a slip still pass: slips hide in
+positives and abound in negatives. A model that imitates the positives learns to slip; one that also learns from the
+negatives can unlearn it.
 
-(Differences rather than sums modulo 10, because the sum's table shows a network nothing until it sees both digits at once: it
-waits on a plateau of random length, on one seed in three longer than the whole demo.)
+(Differences rather than sums modulo 10, because neither digit alone tells anything about their sum modulo 10. Learning
+its table begins with a plateau, on some seeds longer than the whole demo.)
 """
 
 import functools
@@ -35,12 +36,12 @@ WORDS = ["|", "-", "|=", "\n|", "\nA: ", "even", "odd", "=?\n", *"0123456789"]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Chosen by experiment on seeds 0 to 4, for a demo of one to three minutes on 2 cores.
+    """Chosen by experiment on seeds 0 to 4, for a demo of about a minute on 2 cores.
 
-    The slip rate and the temperature leave room: with them stage 1 ends near 0.74. Three epochs of stage 1 are twice what
-    the model needs to learn the table of differences, so more of the same (alpha 0) gains little. A stage-2 learning
-    rate of 1e-4 gains less and 3e-4 a little more; 2e-4 is stable at alpha 0.8 on every seed while alpha 1.0 collapses
-    on one, as in the paper. Everything else is the paper's recipe.
+    Slip rate and temperature leave room: with them stage 1 ends near 0.75. Its three epochs are twice what the model
+    needs to learn the table of differences, so that more of the same (alpha 0) gains little. Of the learning rates
+    tried for stage 2, 1e-4 gains less, 2e-4 and 3e-4 gain alike; at 2e-4 alpha 0.8 is stable on every seed and alpha
+    1.0 collapses on some, as in the paper. What is not here (warm-up, weight decay, ...) is the paper's recipe.
     """
 
     num_train: int = 4000
@@ -109,8 +110,10 @@ def make_problems(n: int, seed: int, num_terms: int = 6) -> list[dict]:
 
 
 def teacher_trace(problem: str, slip_rate: float, rng: random.Random) -> str:
-    """A step-by-step trace: each difference is wrong with probability `slip_rate` (any of the nine wrong digits alike) and its
-    result, right or wrong, is what the next line starts from. The last line reads the answer off the last digit."""
+    """A step-by-step trace: each difference is wrong with probability `slip_rate`, any of the nine wrong digits alike.
+
+    The next line starts from the result, right or wrong, and the last line reads the answer off the last digit.
+    """
     result, *terms = (int(digit) for digit in problem.removesuffix("=?\n").split("-"))
     lines = []
     for term in terms:
@@ -227,14 +230,18 @@ def pair_logps(model: torch.nn.Module, rows: Dataset, *, pairs_per_forward: int 
 
 
 def pass_at_1(correct: np.ndarray) -> tuple[float, float]:
-    """pass@1 and its standard error over problems from `correct` (N, samples) bool: the spread of the problems' shares of
-    right samples, which holds both the choice of problems and the luck of sampling."""
+    """pass@1 and its standard error over problems, from `correct` (N, samples) bool, N >= 2.
+
+    The spread of the problems' shares of right samples holds both the choice of problems and the luck of sampling.
+    """
     return _mean_and_standard_error(correct.mean(axis=1))
 
 
 def paired_difference(after: np.ndarray, before: np.ndarray) -> tuple[float, float]:
-    """pass@1 of `after` (N, samples) minus that of `before` (N, samples), on the same problems in the same order, and the
-    standard error of the per-problem difference. What makes a problem hard for both cancels.
+    """pass@1 of `after` (N, samples) minus that of `before` (N, samples), and its standard error.
+
+    The problems are the same in the same order, so what makes a problem hard for both runs cancels: the standard error
+    is that of the per-problem difference.
 
     Raises ValueError when the numbers of problems differ.
     """

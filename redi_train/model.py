@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from redi_kernels import PackedBatch, fused_redi_loss, fused_sft_loss, fused_token_logps
 from redi_train.attention import ATTENTION_NAME, check_attention_supported, packed_attention_kwargs, register_attention
@@ -29,7 +37,11 @@ def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrained
 
     Raises OSError or ValueError when it cannot be loaded.
     """
-    tokenizer = AutoTokenizer.from_pretrained(_existing(name))
+    path = _existing(name)
+    # For some model types, Qwen2 among them, AutoTokenizer takes the type's own class whatever the files declare, and
+    # with it another pre-tokeniser: text would be split, without a word, in ways the model was not trained on.
+    generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(path)
     if chat_template is not None:
         is_file = "{" not in chat_template
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8") if is_file else chat_template

@@ -187,8 +187,8 @@ def _make(options: TinyOptions) -> str:
     tokenizer.save_pretrained(output_dir)
     characters_per_token = sum(map(len, texts)) / sum(map(len, tokenizer(texts).input_ids))
     return (
-        f"Saved a model of {model.num_parameters() / 1e6:.1f} million weights and a tokenizer of {len(tokenizer)} "
-        f"tokens ({characters_per_token:.1f} characters each on this text) to {output_dir}."
+        f"Saved a model of {model.num_parameters():,} weights and a tokenizer of {len(tokenizer):,} tokens "
+        f"({characters_per_token:.1f} characters each on this text) to {output_dir}."
     )
 
 

@@ -22,7 +22,7 @@ from transformers import (
 from redi_kernels import pack_sequences, reference
 from redi_train import model as model_module
 from redi_train.model import attach_loss, check_head, check_precision, load_model, load_tokenizer, prepare_model
-from redi_train.tiny import make_tiny_model, train_tokenizer
+from redi_train.tiny import make_tiny_model, train_tokenizer, word_tokenizer
 
 VOCAB = 97
 SHAPE = {
@@ -256,3 +256,15 @@ def test_a_chat_template_can_be_given_as_text_or_file(tmp_path, bf16_folder):
     (tmp_path / "template.jinja").write_text(template)
     for given in (template, str(tmp_path / "template.jinja")):
         assert load_tokenizer(bf16_folder, chat_template=given).chat_template == template
+
+
+def test_a_tokenizer_of_its_own_is_loaded_as_it_was_saved(tmp_path):
+    """AutoTokenizer alone would load a Qwen2Tokenizer here, whose pre-tokeniser splits the words differently."""
+    tokenizer = word_tokenizer(["=?\n", "|=", "|", *"0123"])
+    make_tiny_model(
+        tokenizer, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = "1|=2=?\n|3"
+    assert load_tokenizer(str(tmp_path))(text).input_ids == tokenizer(text).input_ids
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
