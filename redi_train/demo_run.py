@@ -55,10 +55,11 @@ def run_demo(options: Options, settings: DemoSettings | None = None) -> None:
     results = [StageResult(*row) for stage in stages for row in done[stage]["table"]]
     print(f"\n{results_table(results)}\n")
     print(
-        f"pass@1 of {settings.samples_per_problem} samples for each of {len(heldout)} held-out problems, temperature "
-        f"{settings.temperature:g}, ± standard error.\nLogPS: mean log-probability per token of held-out traces, in nats."
-        f"\nFigure: {figure}. Every step: {', '.join(str(root / stage / METRICS_FILE) for stage in stages)}."
+        f"pass@1 of {settings.samples_per_problem} samples for each of {len(heldout)} held-out problems at temperature "
+        f"{settings.temperature:g}, ± standard error."
     )
+    print("LogPS: mean log-probability per token of held-out traces, in nats.")
+    print(f"Figure: {figure}. Every step: {', '.join(str(root / stage / METRICS_FILE) for stage in stages)}.")
 
 
 def _finished_stage_1(root: Path, stage: Stage, seed: int) -> dict[Stage, dict[str, Any]]:
