@@ -156,8 +156,12 @@ class _Sampling(TrainerCallback):
     def on_train_begin(self, args: RediArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._log()
 
-    def on_step_end(self, args: RediArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.settings.sampling_steps == 0 and state.global_step < state.max_steps:
+    def on_log(
+        self, args: RediArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        # After the step's own log, not on_step_end: a log made there would take its place.
+        due = state.global_step % self.settings.sampling_steps == 0 and state.global_step < state.max_steps
+        if due and "grad_norm" in logs:
             self._log()
 
     def on_train_end(self, args: RediArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
