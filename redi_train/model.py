@@ -196,7 +196,7 @@ def attach_loss(model: nn.Module) -> None:
     base.forward = MethodType(forward, base)
 
 
-_LOSS_ARGUMENTS = ("num_pairs", "num_tokens", "alpha")  # peft adds arguments of its own to a call
+_LOSS_ARGUMENTS = ("num_pairs", "num_tokens", "alpha", "grad_tolerance")  # peft adds arguments of its own to a call
 
 
 def _packed_loss(
@@ -205,6 +205,7 @@ def _packed_loss(
     num_pairs: float | None = None,
     num_tokens: float | None = None,
     alpha: float = 0.8,
+    grad_tolerance: float | str = "auto",
 ) -> dict[str, Tensor]:
     if model.config._attn_implementation == ATTENTION_NAME:
         arguments = packed_attention_kwargs(batch)
@@ -212,7 +213,7 @@ def _packed_loss(
         # Transformers tells the sequences apart by positions that restart, with a mask of T x T or its flash kwargs.
         arguments = {"position_ids": batch.position_ids, "use_cache": False}
     hidden = model.base_model(input_ids=batch.input_ids, **arguments).last_hidden_state
-    head = head_facts(model)
+    head = head_facts(model) | {"grad_tolerance": grad_tolerance}
     if num_tokens is not None:
         output = fused_sft_loss(hidden, labels=batch.labels, cu_seqlens=batch.cu_seqlens, num_tokens=num_tokens, **head)
     else:

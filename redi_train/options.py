@@ -116,6 +116,11 @@ class RediArguments(TrainingArguments):
         None,
         "tokens of one forward; lower it when memory runs out: the result is the same (default: the longest row kept)",
     )
+    grad_tolerance: str = option(
+        "auto",
+        "relative error allowed in the gradient of the logits; 0 is exact, auto is 0 in float32 and 2^-10 under "
+        "--bf16; the loss is exact always",
+    )
     overwrite_output_dir: bool = option(False, "start over in a folder that holds an earlier run of the stage")
 
     output_dir: str | None = option(
@@ -146,6 +151,13 @@ class RediArguments(TrainingArguments):
                 setattr(self, name, default)
         if not 0 <= self.alpha <= 1:  # also false for NaN
             raise ValueError(f"--alpha must be in [0, 1], got {self.alpha}.")
+        if self.grad_tolerance != "auto":
+            try:
+                in_range = 0 <= float(self.grad_tolerance) < 1
+            except ValueError:
+                in_range = False
+            if not in_range:
+                raise ValueError(f"--grad_tolerance must be auto or a number in [0, 1), got {self.grad_tolerance}.")
         for name in ("global_batch_size", "max_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
@@ -205,7 +217,7 @@ class Options(NamedTuple):
 
 _HELP_GROUPS = {
     "what to train": ["stage", "model_name_or_path", "dataset_name", "dataset_train_split", "output_dir", "config"],
-    "objective and batches": ["alpha", "global_batch_size", "max_tokens"],
+    "objective and batches": ["alpha", "global_batch_size", "max_tokens", "grad_tolerance"],
     "data": ["max_length", "max_prompt_length", "max_completion_length", "chat_template", "dataset_num_proc"],
     "optimizer": [
         "learning_rate",

@@ -131,6 +131,8 @@ class RediTrainer(Trainer):
             objective = {"num_pairs": inputs["num_rows"] / world_size, "alpha": self.args.alpha}
         else:
             objective = {"num_tokens": inputs["num_labelled"] / world_size}
+        if self.args.grad_tolerance != "auto":
+            objective["grad_tolerance"] = float(self.args.grad_tolerance)
         total = torch.zeros((), device=self.args.device)
         *earlier, last = inputs["forwards"]
         for batch in (*earlier, last):

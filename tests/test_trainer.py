@@ -299,6 +299,20 @@ def test_stages_have_the_papers_defaults(tmp_path):
         assert (args.save_steps, args.logging_steps, args.report_to) == (200, 1, [])
 
 
+def test_grad_tolerance_reaches_the_loss(tokenizer, tmp_path):
+    """0.5 may change the gradient of the logits by half; "auto" is exact in float64, as is 0."""
+    gradients = {}
+    for tolerance in ("auto", "0", "0.5"):
+        trainer = make_trainer(tokenizer, tmp_path, model=make_model(tokenizer).double(), grad_tolerance=tolerance)
+        trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+        gradients[tolerance] = trainer.model.get_output_embeddings().weight.grad
+    assert torch.equal(gradients["auto"], gradients["0"])
+    assert not torch.equal(gradients["0.5"], gradients["0"])
+    for tolerance in ("-1", "1", "nan", "exact"):
+        with pytest.raises(ValueError, match=r"--grad_tolerance must be auto or a number in \[0, 1\)"):
+            RediArguments(output_dir=str(tmp_path), grad_tolerance=tolerance)
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_is_a_share(tmp_path, alpha):
     with pytest.raises(ValueError, match=r"--alpha must be in \[0, 1\]"):
