@@ -114,7 +114,8 @@ class RediArguments(TrainingArguments):
     )
     max_tokens: int | None = option(
         None,
-        "tokens of one forward; lower it when memory runs out: the result is the same (default: the longest row kept)",
+        "tokens of one forward; lower it when memory runs out: the result is the same (default: the longest row that "
+        "the length limits allow)",
     )
     grad_tolerance: str = option(
         "auto",
