@@ -10,7 +10,7 @@ import torch
 from transformers import set_seed
 
 from redi_train.batching import check_max_tokens
-from redi_train.data import describe_dropped, load_rows, tokenize_rows
+from redi_train.data import describe_dropped, load_rows, recognise_layout, tokenize_rows
 from redi_train.demo_run import run_demo
 from redi_train.model import load_model, load_tokenizer
 from redi_train.options import Options, parse_options
@@ -58,9 +58,10 @@ def prepare(options: Options) -> tuple[RediTrainer, Path | None]:
     checkpoint = _checkpoint(options, stage_dir)
     name = model_options.model_name_or_path or _stage_1_model(options)
 
-    tokenizer = load_tokenizer(name, chat_template=model_options.chat_template)
     with training.main_process_first(desc="tokenising"):
         rows = load_rows(data.dataset_name, split=data.dataset_train_split)
+        recognise_layout(rows.column_names)  # before a model is looked for, perhaps on the network
+        tokenizer = load_tokenizer(name, chat_template=model_options.chat_template)
         tokenized, dropped = tokenize_rows(
             rows,
             tokenizer,

@@ -347,7 +347,7 @@ def _parse_known(parser: OptionParser, argv: Sequence[str]) -> argparse.Namespac
         word = unknown[0].partition("=")[0]
         if not word.startswith("-"):
             raise ValueError(f"unexpected argument {word!r}; options are written --name value.")
-        raise ValueError(f"unknown option {word}{_nearest(word, parser)}.")
+        raise ValueError(f"unknown option {word}{_nearest(word, parser)}")
     return namespace
 
 
