@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 # Copying columns out of G and rows out of W costs more per column than a dense product does: above this share of the
-# vocabulary the dense products are taken (measured: benchmarks/test_head.py, flat inputs).
+# vocabulary the dense products are taken. A round number, not tuned.
 DENSE_SHARE = 0.5
 OWN_TAIL_MASS = 2.0**-4  # tail probability of a token above which it may keep a tail of its own
 MAX_OWN_TAILS = 7  # a chunk: eight rank-one terms on 512 tokens are 3% of the logits' flops
